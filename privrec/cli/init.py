@@ -69,7 +69,8 @@ def init(
 
     Columns are found by their names or, without a header, by their look; what was taken is
     printed. The settings follow from how many users, items and interactions there are. A published
-    set goes by its NAME, such as ml-100k: see `privrec data list`.
+    set goes by its NAME, such as ml-100k: see `privrec data list`. Devices weigh public features of
+    its items, where it has them.
     """
     console.check_data(data_dir)
     from privrec.cli.plan import planned
@@ -96,6 +97,8 @@ def init(
         timed=split.train.times is not None,
     )
     document = {"data": look.keys, **fitting}
+    if hasattr(bare.data, "item_features") and split.train.titles is not None:
+        document["data"] = {**look.keys, "item_features": True}  # genres stand beside titles
     scenario = _scenario(table, document, settings)
     warnings = planned(scenario, split.train.n_items)["warnings"]
     document = _kept(document, scenario, settings)

@@ -100,7 +100,6 @@ class Settings:
     item_l2: float = 0.0
     rank_power: float = 0.0
     shared_curvature: bool = False
-    folds: int = 1
     selector: str = EACH
     budget: float = 0.01
     selected: float = 0.5

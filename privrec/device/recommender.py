@@ -66,8 +66,8 @@ class RecommenderLearner(Learner):
 
     @property
     def state_dim(self) -> int:
-        """User vector and user bias, of each fold."""
-        return self.settings.folds * self.view.network.user_dim
+        """User vector and user bias."""
+        return self.view.network.user_dim
 
     @cached_property
     def serving(self) -> RecommenderLearner:
@@ -77,7 +77,7 @@ class RecommenderLearner(Learner):
         settings = replace(
             own, budget=budget, negatives=negatives, user_steps=own.serve_steps,
             recency=own.serve_recency,
-            shared_curvature=False, folds=1,  # once, exactly, and to all of a history
+            shared_curvature=False,  # once, exactly
         )  # fmt: skip
         # Popular negatives are for training: a fit is to all items alike.
         return RecommenderLearner(self.served or self.view, replace(settings, max_samples=None))
@@ -105,7 +105,7 @@ class RecommenderLearner(Learner):
     def batches(self, lengths: Items) -> Iterator[Items]:
         """Places by length of history, cut where a padded batch would outgrow the cache."""
         order = np.argsort(lengths, kind="stable")
-        widths = self.settings.folds * self.sampler.width(lengths[order])
+        widths = self.sampler.width(lengths[order])
         most = SHARED_SAMPLES_IN_BATCH if self.sampler.whole else SAMPLES_IN_BATCH
         if self.examples is not None:
             # Each device's update is as long as the vector.
@@ -129,12 +129,9 @@ class RecommenderLearner(Learner):
             return self._noisy(model, data, states, draws, self.examples)
         local, user = self._fitted(model, data, torch.from_numpy(states), draws)
         losses = local.descend(user)
-        new, changes = user.numpy().reshape(states.shape), local.change(user.numpy())
+        new, update = user.numpy(), RawUpdate(local.change(user.numpy()), local.address)
         kept = np.where(np.isfinite(new).all(1, keepdims=True), new, states)
-        if (folds := self.settings.folds) > 1:
-            changes = changes.reshape(len(states), folds, -1).sum(1)
-            losses = losses.reshape(-1, folds).mean(1)
-        return Trained(RawUpdate(changes, local.address), kept, losses.numpy())
+        return Trained(update, kept, losses.numpy())
 
     def serve(
         self, weights: FloatArray, data: Histories, draws: Draws, take: Take = enumerate
@@ -156,10 +153,6 @@ class RecommenderLearner(Learner):
         self, model: LocalModel[NCF], data: Histories, user: Tensor, draws: Draws
     ) -> tuple[_Local, Tensor]:
         """What the samples touch, and private states fitted to them."""
-        if (folds := self.settings.folds) > 1:
-            fitted, asked = self.sampler.folded(data, folds)
-            user = _Local(model, fitted, self.settings).fit(user.reshape(len(fitted.valid), -1))
-            return _Local(model, asked, self.settings), user
         batch, budget = self.sampler.draw(data, draws.key), self.sampler.budget
         local = _Local(model, batch, self.settings)
         user = local.fit(user)
@@ -286,7 +279,7 @@ class _Local:
             slope = gradient @ inputs + prior * user
             ahead = curvature.sum(1, keepdim=True) * values + self._settings.user_l2 + _RIDGE
             found = (slope @ vectors / ahead) @ vectors.T
-            moved = found @ inputs.T  # all scores: those that a fold leaves out bound it as well
+            moved = found @ inputs.T  # all scores
             found = self._settings.user_lr * found * _damping(moved, moved)
             best, step = torch.where(better, user, best), torch.where(better, found, step)
             rate = torch.where(better, (2 * rate).clamp_max(1), rate / 2)

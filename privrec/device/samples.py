@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from privrec.embedding.subspace import GOLDEN, finalise, splitmix64
 from privrec.embedding.table import distinct, representatives
-from privrec.models.losses import LARGE
 from privrec.randomness import SecureStream
 from privrec.search.memory import outside
 from privrec.search.select import Search, mix, select
@@ -32,7 +31,6 @@ POPULARITY_POWER = 0.75
 
 _SPARSE = 64  # catalogues this much larger than what is asked for are not marked as a whole
 _REFINED = 0x5E1E_C7ED
-_FOLDS = 0xF01D
 _WORD = 2.0**-32
 
 
@@ -187,26 +185,6 @@ class Sampler:
     def _weights(self, ages: Items) -> FloatArray:
         """What items count, of an age of 1 for the last of a history."""
         return ages.clip(min=1).astype(np.float32) ** np.float32(-self.recency)
-
-    def folded(self, histories: Histories, folds: int) -> tuple[Batch, Batch]:
-        """Whole catalogues whose history is dealt into parts: what to fit to, what to learn from.
-
-        Each device has ``folds`` rows, one after the other: a vector is fitted to all parts but
-        one and asked for that one, among the items that it was not fitted to. An item is in the
-        same part in every round, so that no vector ever saw what it is asked for.
-
-        Source: Singhal et al., "Federated Reconstruction: Partially Local Federated Learning"
-        (NeurIPS 2021), section 4.1, whose support and query sets these are, in turn.
-        """
-        m = len(histories.users)
-        rows = np.repeat(np.arange(m), histories.lengths)
-        words = splitmix64(splitmix64(_FOLDS, histories.users)[rows], histories.items)
-        asked = np.zeros((m, folds, self.n_items), np.float32)
-        asked[rows, (words % np.uint64(folds)).astype(np.int64), histories.items] = 1
-        shape, items = (m * folds, self.n_items), np.arange(self.n_items)[None]
-        fitted = (asked.sum(1, keepdims=True) - asked).reshape(shape)
-        weights = np.float32(-LARGE) * fitted
-        return Batch(items, fitted, 0, None), Batch(items, asked.reshape(shape), 0, None, weights)
 
 
 @dataclass(frozen=True)

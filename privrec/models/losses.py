@@ -36,8 +36,6 @@ from privrec.embedding.table import Table
 from privrec.scenario.kinds import LOSSES
 
 Array = NDArray[Any]
-LARGE = 1e4
-"""Taken off a score, it leaves an item out of a softmax, and one without any items finite."""
 _ITEMS_AT_ONCE = 8192
 
 
@@ -205,7 +203,8 @@ def full_softmax(scores: Tensor, samples: Samples) -> Graded:
     if samples.weights is not None:
         scores = scores + samples.weights
     if samples.positives:
-        scores = scores + torch.where(history > 0, 0.0, -LARGE)
+        left = torch.where(history > 0, 0.0, -1e4)  # a device without samples stays finite
+        scores = scores + left
         history = history * (torch.arange(history.shape[1]) < samples.positives)
     count = history.sum(1, keepdim=True)
     logs = torch.log_softmax(scores, dim=1)

@@ -563,18 +563,15 @@ class FullSoftmax(_Ranked):
 
     shared_curvature: bool = False
     """Newton steps have the curvature of a user without a history: faster, but twice as many."""
-    folds: int = setting(1, "[1, 10] parts")
-    """Parts of a history; the model learns from each with a user vector fitted to the others."""
 
     @classmethod
     def conflicts(cls, values: Values) -> Iterator[Problem]:
         """Only where all devices look at the same rows is there a curvature to share."""
+        path, model = "train.shared_curvature", MODELS[values["model.kind"]].config
         plain = values["train.selector"] == "each" and values["privacy.local"] == "none"
-        if not (plain and MODELS[values["model.kind"]].config.inner_product):
+        if values[path] and not (plain and model.inner_product):
             rule = 'it takes selector = "each", model.kind = "gmf" and privacy.local = "none"'
-            for path, without in (("train.shared_curvature", False), ("train.folds", 1)):
-                if values[path] != without:
-                    yield path, rule, f"set these, or remove it (-s {path}=)"
+            yield path, rule, f"set these, or remove it (-s {path}=)"
 
 
 class ImplicitALS(Section):

@@ -107,6 +107,15 @@ def test_a_published_set_goes_by_its_name(place: Path) -> None:
     own = private_settings(2, 3, 2, epsilon=4.0, timed=True)["train"]
     assert scenario.train.server_lr == own["server_lr"]
     assert scenario.train.serve_recency == own["serve_recency"] > 0
+    films = [f"{item}|Film ({1990 + item})||||" + "|".join("01" * 9 + "1") for item in (10, 20, 30)]
+    (place / "here" / "u.item").write_text("\n".join(films))
+    done("init", "ml-100k", "--data", "here", "--out", "told.toml")
+    assert load("told.toml").data.item_features
+    Path("told.toml").unlink()
+    done(
+        "init", "ml-100k", "--data", "here", "--out", "told.toml", "-s", "data.item_features=false"
+    )
+    assert not load("told.toml").data.item_features
 
 
 @pytest.mark.parametrize(

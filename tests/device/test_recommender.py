@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from privrec.device.device import Draws
-from privrec.device.samples import Histories
 from privrec.models.losses import item_gram, pack, unpack
 
 CASES = list(itertools.product(["gmf", "mlp", "neumf"], ["bce", "bpr", "softmax", "full_softmax"]))
@@ -173,46 +172,6 @@ def test_a_shared_curvature_leads_to_the_same_optimum(lab, scale) -> None:
     here = lab("gmf", user_steps=500, scale=scale, user_l2=0.5, **SHARED)
     for user in (3, 7):
         assert np.abs(penalised(here, user, here.alone(user).states[0])[1]).max() < 2e-3
-
-
-@pytest.mark.parametrize("folds", [2, 3])
-def test_what_is_learned_from_a_fold_is_its_prediction_by_the_others(
-    double_lab, vector, folds
-) -> None:
-    """Vectors are at the optimum of all parts but one; items go down the slope of that one."""
-    here = double_lab("gmf", loss="full_softmax", user_steps=200, user_l2=0.5, folds=folds)
-    for user in (3, 6, 7):
-        trained, plain, history = here.alone(user), Plain(here, user), here.histories[user]
-        _, asked = here.learner.sampler.folded(here.history(user), folds)
-        parts = [np.flatnonzero(row).tolist() for row in asked.valid]
-        assert sorted(item for part in parts for item in part) == sorted(history.tolist())
-        expected = np.zeros(here.learner.view.layout.size)
-        for part, own in zip(parts, trained.states[0].reshape(folds, -1), strict=True):
-            others = sorted({*history.tolist()} - {*part})
-            plain.history = others
-            vector_of_user = torch.from_numpy(own).double().requires_grad_()
-            flat = torch.from_numpy(here.weights).double().requires_grad_()
-            scores = plain.scores(flat, vector_of_user)
-            fit = plain.loss(scores) + 0.25 * (vector_of_user[:-1] ** 2).sum()
-            (slope,) = torch.autograd.grad(fit, vector_of_user, retain_graph=True)
-            assert np.abs(slope.numpy()).max() < 2e-3
-            left = torch.ones(len(scores), dtype=torch.bool)
-            left[others] = False
-            loss = -torch.log_softmax(scores.masked_fill(~left, -torch.inf), 0)[part].sum()
-            expected -= 0.2 * torch.autograd.grad(loss, flat)[0].numpy()
-        assert np.abs(vector(trained.update) - expected).max() < 1e-5 * np.abs(expected).max()
-
-
-def test_an_item_is_in_the_same_fold_whatever_else_a_user_has(lab) -> None:
-    sampler = lab("gmf", loss="full_softmax").learner.sampler
-    histories = {user: np.arange(user, 30, dtype=np.int32) for user in (0, 5)}
-    first, later = (
-        [set(np.flatnonzero(row)) for row in sampler.folded(history, 2)[1].valid]
-        for history in (Histories.alone(4, each) for each in histories.values())
-    )
-    assert [part & {*range(5, 30)} for part in first] == later
-    other = sampler.folded(Histories.alone(5, histories[0]), 2)[1].valid
-    assert [set(np.flatnonzero(row)) for row in other] != first
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])

@@ -69,7 +69,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["train.selector=uniform", "train.shared_curvature=true"],
         "it takes selector",
     ),
-    "folds of samples": (["train.selector=uniform", "train.folds=2"], "train.folds = 2: it takes"),
     "a network": (
         ["model.kind=neumf", "train.shared_curvature=true"],
         "it takes selector",
