@@ -27,8 +27,9 @@ class ModelView(Generic[N]):
         dense: weights of the network, which lengths follow from without it.
         make: gives the network when it is first used, and imports what computes it.
         gram: coefficients of the users' Gram matrix, see :class:`~privrec.models.layout.Layout`.
-        features: public ones of each item, ``(items, q)``, which stand beside its learned vector:
-            users weigh them, nobody trains them, and they are no part of the shared vector.
+        features: public ones of each item, ``(n, q)``, which stand beside its learned vector:
+            users weigh them, nobody trains them, and they are no part of the shared vector. Those
+            of items that ``vectors`` does not hold come last.
     """
 
     dense: int
@@ -58,7 +59,7 @@ class ModelView(Generic[N]):
         return Layout(self.dense, vectors.slots, vectors.block, slots, self.gram)
 
     def featured(self, features: FloatArray) -> ModelView[Any]:
-        """The same with public features of its items, of a network that takes some."""
+        """The same with public features of all items, of a network that takes some."""
         network: Any = self.network
         wider = network.featured(features.shape[1])
         return replace(self, features=features, make=lambda: wider)

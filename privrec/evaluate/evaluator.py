@@ -43,10 +43,12 @@ def scores_with(
     """Scores of private ``states``, ``(m, user_dim)``, of ``users``, who ascend.
 
     The table is never held as a whole. A device that holds only the most popular of the ``n_items``
-    scores the others by their rank: on the line through a user's own scores over the logarithm of
-    the rank, which never rises.
+    scores the others by public features, where it has some, and by their rank: what features leave
+    of a user's own scores is extended on its line over the logarithm of the rank, which never
+    rises.
     """
     network, dense = model.view.network, torch.from_numpy(model.dense)
+    features = model.view.features
     held, ranks = model.view.vectors.items, np.log1p(np.arange(n_items, dtype=np.float32))
     fit = np.linalg.pinv(np.stack((np.ones(held, np.float32), ranks[:held]), axis=1))
 
@@ -55,8 +57,12 @@ def scores_with(
         for items in model.view.vectors.in_parts(_ITEMS_AT_ONCE):
             ranked = network.rank(own, torch.from_numpy(model.rows(items)), dense)
             scores[:, items] = ranked.numpy() + model.biases(items)
-        level, slope = (scores[:, :held] @ fit.T).T[:, :, None]
-        scores[:, held:] = level + np.minimum(slope, 0) * ranks[held:]
+        if held < n_items:
+            told = np.zeros((1, n_items), np.float32)
+            if features is not None:
+                told = network.told(own, features)
+            level, slope = ((scores[:, :held] - told[:, :held]) @ fit.T).T[:, :, None]
+            scores[:, held:] = level + np.minimum(slope, 0) * ranks[held:] + told[:, held:]
         return scores
 
     def scores(asked: NDArray[np.integer], candidates: NDArray[np.integer] | None) -> FloatArray:

@@ -328,7 +328,7 @@ class Node:
             tier = replace(tier, model=tier.model.tabulated())
         if features is not None and told is not None:  # rows of the model are in the order
             features = features[np.argsort(self._places(sent, told))]
-        own = self.federation, tier, self.plan.examples
+        own = self.federation, tier, self._items, self.plan.examples
         return tier, learner_of(self.scenario, *own, features=features)
 
     def _model_of(

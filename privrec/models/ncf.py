@@ -106,6 +106,11 @@ class NCF:
             scores += self.network(own[:, None], items, dense[None])
         return scores
 
+    def told(self, user: Tensor, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The part of scores that public features ``(k, features)`` give, ``(m, k)``."""
+        weights = user[:, self.dot - self.features : self.dot].numpy()
+        return np.asarray(weights @ features.T, np.float32)
+
     def network(self, user: Tensor, rows: Tensor, dense: Tensor) -> Tensor:
         """The tower's output ``(m, k)`` for parts of users ``(m, 1 or k, tower)`` and of items.
 

@@ -174,7 +174,7 @@ def _peak(head: bytes, body: bytes) -> int:
         items = np.frombuffer(history, np.int32).copy()
         size = described["items"], described["described"]
         features = np.zeros(size, np.float32) if size[1] else None
-        learner = learner_of(scenario, federation, tier, examples, features=features)
+        learner = learner_of(scenario, federation, tier, size[0], examples, features=features)
         root = SecretRoot.known(b"measures itself")
         device = Device(0, items, tier, federation.layouts_of(tier), learner, protection, root)
         digests = model_digests(weights, device.layouts)

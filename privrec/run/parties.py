@@ -81,7 +81,7 @@ def simulation_of(
         if train.n_items <= TABULATED_ITEMS:
             tier = replace(tier, model=tier.model.tabulated())
         learner = learner_of(
-            scenario, plan.federation, tier, plan.examples, popularity, ask, features
+            scenario, plan.federation, tier, train.n_items, plan.examples, popularity, ask, features
         )
         cohorts.append(Cohort.of(learner, histories.select(members)))
     return Simulation(
@@ -127,12 +127,13 @@ def learner_of(
     scenario: Scenario,
     federation: Federation,
     tier: Tier,
+    n_items: int,
     examples: RoundEvent | None,
     popularity: NDArray[np.float64] | None = None,
     ask: Ask | None = None,
     features: NDArray[np.float32] | None = None,
 ) -> Learner:
-    """Return local training as ``[train]`` describes it, in a tier's memory.
+    """Return local training as ``[train]`` describes it, in a tier's memory, of ``n_items``.
 
     ``examples`` is the plan's example-level event; without one no example is hidden. ``popularity``
     are public cumulative probabilities of the items, for popular negatives, and ``features`` those
@@ -148,10 +149,10 @@ def learner_of(
     hidden = example_bound(scenario, examples, federation.layout.size)
     known = [] if features is None else [features]
     if getattr(scenario.model, "rank_features", False):
-        known.append(centred(of_ranks(federation.tiers[0].model.vectors.items)))
+        known.append(centred(of_ranks(n_items)))
     view = tier.model
     if known:
-        view = view.featured(np.concatenate(known, axis=1)[: view.vectors.items])
+        view = view.featured(np.concatenate(known, axis=1))
     if hidden is None:
         return RecommenderLearner(view, settings, popularity)
     # Bounds of single examples are of learned vectors alone; a fit that stays at home needs none.

@@ -189,8 +189,8 @@ class TrainedModel:
 
     @cached_property
     def _learner(self) -> RecommenderLearner:
-        parts, known = (self._federation, self._federation.tiers[0]), self.catalogue.features
-        made = learner_of(self.scenario, *parts, None, features=known)
+        parts, size = (self._federation, self._federation.tiers[0]), self.catalogue.size
+        made = learner_of(self.scenario, *parts, size, None, features=self.catalogue.features)
         return cast(RecommenderLearner, made)
 
     @cached_property

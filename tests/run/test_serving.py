@@ -454,3 +454,21 @@ def test_what_a_device_does_not_hold_is_on_the_line_of_its_own_scores() -> None:
     np.testing.assert_allclose(found[1, :40], ranks[:40] - 3, atol=1e-4)
     np.testing.assert_allclose(found[1, 40:], -3, atol=1e-4)
     np.testing.assert_array_equal(scores_with(model, users, states, 40)(users, None), found[:, :40])
+
+
+def test_what_a_device_does_not_hold_is_scored_by_its_features_beside_that_line() -> None:
+    """Learned scores on a line of the rank, features of all items: the sum of both, everywhere."""
+    federation = federation_of(Scenario.from_toml(SCENARIO), 40)
+    features = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    view = federation.tiers[0].model.featured(features)
+    model = LocalModel(view, np.zeros(view.layout.size, np.float32))
+    rows = np.zeros((40, view.vectors.dim), np.float32)
+    rows[:, 0] = 3 - np.log1p(np.arange(40))
+    view.vectors.scatter_add(model.memory, np.arange(40), rows)
+    states = np.zeros((2, view.network.user_dim), np.float32)
+    states[:, 0], states[:, -4:-1] = 2, [[1, -2, 3], [0, 5, 0]]
+    users = np.arange(2)
+    expected = 6 - 2 * np.log1p(np.arange(100)) + states[:, -4:-1] @ features.T
+    np.testing.assert_allclose(
+        scores_with(model, users, states, 100)(users, None), expected, atol=1e-4
+    )
