@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_runs import make_scenario, run_once
 
+from privrec.data.item_features import centred, of_ranks
 from privrec.errors import ScenarioError
+from privrec.run.parties import learner_of
+from privrec.run.plan import federation_of
 from privrec.run.recommend import recommend
 
 SCENARIO = """
@@ -50,6 +54,20 @@ def test_features_are_no_part_of_what_is_sent_and_serve_again_as_they_were_measu
     lists = [recommend(tmp_path / name, user="3", k=60) for name in ("plain", "ranks")]
     assert len(lists[1]) == len(lists[0]) > 40
     assert [each.item_id for each in lists[0]] != [each.item_id for each in lists[1]]
+
+
+def test_every_device_knows_the_features_of_the_whole_catalogue_though_none_may_hold_it() -> None:
+    scenario = make_scenario(
+        SCENARIO, "model.rank_features=true", "devices.tiers=[{capacity=0.5, share=1.0}]"
+    )
+    own = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    federation = federation_of(scenario, 60)
+    learner = learner_of(scenario, federation, federation.tiers[0], 60, None, features=own)
+    known = learner.view.features
+    assert known is not None
+    assert learner.view.vectors.items == 30
+    ranks = centred(of_ranks(60))
+    assert np.array_equal(known, np.concatenate((own, ranks), axis=1))
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
