@@ -279,7 +279,7 @@ class _Local:
             slope = gradient @ inputs + prior * user
             ahead = curvature.sum(1, keepdim=True) * values + self._settings.user_l2 + _RIDGE
             found = (slope @ vectors / ahead) @ vectors.T
-            moved = found @ inputs.T  # all scores
+            moved = found @ inputs.T
             found = self._settings.user_lr * found * _damping(moved, moved)
             best, step = torch.where(better, user, best), torch.where(better, found, step)
             rate = torch.where(better, (2 * rate).clamp_max(1), rate / 2)

@@ -60,7 +60,7 @@ def scores_with(
         if held < n_items:
             told = np.zeros((1, n_items), np.float32)
             if features is not None:
-                told = network.told(own, features)
+                told = network.feature_scores(own, features)
             level, slope = ((scores[:, :held] - told[:, :held]) @ fit.T).T[:, :, None]
             scores[:, held:] = level + np.minimum(slope, 0) * ranks[held:] + told[:, held:]
         return scores

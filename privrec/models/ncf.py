@@ -106,7 +106,7 @@ class NCF:
             scores += self.network(own[:, None], items, dense[None])
         return scores
 
-    def told(self, user: Tensor, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    def feature_scores(self, user: Tensor, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """The part of scores that public features ``(k, features)`` give, ``(m, k)``."""
         weights = user[:, self.dot - self.features : self.dot].numpy()
         return np.asarray(weights @ features.T, np.float32)

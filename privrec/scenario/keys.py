@@ -459,7 +459,8 @@ def _features(values: Values) -> Iterator[Problem]:
         if values.get(path) is not True:
             continue
         if not MODELS[kind].config.inner_product:
-            yield path, f"model.kind = {as_toml(kind)} has no place for them", 'use "gmf"'
+            rule = f"model.kind = {as_toml(kind)} has no place for them"
+            yield path, rule, f'use "gmf", or remove it (-s {path}=)'
         elif loss == "ials":
             rule = f"train.loss = {as_toml(loss)} sums over all items by their learned vectors"
             yield path, rule, f"remove it (-s {path}=), or use another loss"
